@@ -314,6 +314,7 @@ def test_influence_is_taken_at_what_the_model_was_tuned_into(taught_here, tiny, 
     page = run.path("report.html").read_text()
     assert re.search(f"Influence at.{{,100}}{after}", page) and f"step in the metric of EK-FAC from {after}" in page
     assert run.read_json("curation")["change"] is None and "the order of the examples, not the size" in page
+    assert "Change per Newton step" in page
 
 
 def test_the_tuned_model_keeps_the_metric_that_is_asked_for(taught_here, tiny, tmp_path, monkeypatch):

@@ -94,7 +94,13 @@ class Tables:
     @property
     def per(self) -> str:
         """The unit of values in words."""
-        return {"run": "by the whole training run", "rank": "to rank by"}.get(self.unit, "per step")
+        step = "per Newton step" if self.newton else "per step"
+        return {"run": "by the whole training run", "rank": "to rank by"}.get(self.unit, step)
+
+    @property
+    def newton(self) -> bool:
+        """Whether a step is one in a curvature of the loss, whose size is not that of a step of training."""
+        return self.unit == "step" and self.setting("attribution.curvature") in ("ekfac", "astra")
 
     @property
     def smoothness(self) -> Rows:

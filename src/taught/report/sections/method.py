@@ -87,7 +87,7 @@ def _reading(tables: Tables, step: str, around: str) -> list[str]:
             f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
             f"Everything is a first-order estimate around {around}, not the effect of a whole training run.",
         ]
-    if tables.setting("attribution.curvature") in ("ekfac", "astra") and tables.unit == "step":
+    if tables.newton:
         said.append("Such a step is Newton’s, whatever training did: read the order of the examples, not the size.")
     if tables.with_policy:
         said += [
