@@ -143,6 +143,6 @@ def test_the_command_says_that_a_projection_predicts_no_change(run: RunFolder, t
     flags = ["--rule", "top-k", "--k", "2", "--target", "concept:c:d", "--method", FILTER]
     done = taught_here("curate", str(run.folder), *flags)
     assert done.returncode == 0, done.stderr
-    assert "predicts no change" in done.stdout and "Predicted change" not in done.stdout
+    assert "predict no change" in done.stdout and "Predicted change" not in done.stdout
     do(RunFolder.open(run.folder).study, run, "report")
     assert "concept:c:d" in run.read_text("report.html")

@@ -127,7 +127,7 @@ def curation_change(record: Row) -> str:
         how = "with their answers exchanged" if swaps else "without them"
         text += f" Predicted change {how}, {unit}: {', '.join(parts)}."
     if record["change"] is None:
-        text += f" {words(record['target'])} ranks examples, and predicts no change."
+        text += f" The values on {words(record['target'])} rank examples, and predict no change."
     if record["missing"]:
         fewer = f"{count(record['missing'], 'example')} fewer than asked for"
         text += f" {fewer}: the others raise {words(record['protect'])}."
