@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -315,6 +316,22 @@ def test_influence_is_taken_at_what_the_model_was_tuned_into(taught_here, tiny, 
     assert re.search(f"Influence at.{{,100}}{after}", page) and f"step in the metric of EK-FAC from {after}" in page
     assert run.read_json("curation")["change"] is None and "the order of the examples, not the size" in page
     assert "Change per Newton step" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.adapter", "someone/adapter"),
+        ("attribution.checkpoint", "someone/after"),
+        ("attribution.trajectory", {"kind": "checkpoints", "checkpoints": [{"id": "someone/after", "lr": 1e-4}]}),
+    ],
+)
+def test_the_hub_is_closed_only_where_nothing_comes_from_it(tiny, monkeypatch, key, value):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back at the end
+    study_of(str(tiny / "study.yaml"), Question(set=(f"{key}={json.dumps(value)}",)))
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    study_of(str(tiny / "study.yaml"), Question())
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_tuned_model_keeps_the_metric_that_is_asked_for(taught_here, tiny, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def study_of(source: str | None, question: Question) -> Study:
         study = _where_it_ended(study, question.tuned, given)
     study.require_files()
     quiet_libraries()
-    if Path(study.model.id).is_absolute() and (study.sae.path is None or Path(study.sae.path).is_absolute()):
+    if not study.on_the_hub():
         os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: nothing may go out
     return study
 

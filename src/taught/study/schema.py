@@ -713,6 +713,18 @@ class Study:
 
         self.visited(require)
 
+    def on_the_hub(self) -> list[str]:
+        """What the study takes from the hub, where its relative paths are resolved."""
+        found: list[str] = []
+
+        def note(key: str, path: str, kind: str) -> str:
+            if kind == "hub" and not Path(path).is_absolute():
+                found.append(path)
+            return path
+
+        self.visited(note)
+        return found
+
     @staticmethod
     def pace_keys() -> frozenset[str]:
         """Keys that change how fast results come, and nothing about them."""
