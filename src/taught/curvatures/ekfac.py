@@ -95,7 +95,6 @@ class Ekfac:
 
     def layers(self, problem: Problem, examples: Examples, work: Work) -> Layers:
         """Eigenbasis and eigenvalues of every layer that moves; errors as of :meth:`fit`."""
-        work.progress.step("curvature of the loss", 2 * len(examples))
         found = fit_ekfac(problem, examples, seed=self.seed, progress=work.progress)
         refuse_flat(found)
         moving = moving_parameters(problem.model, problem.parameters)
@@ -161,6 +160,7 @@ def fit_ekfac(
     seed: int = 0,
     progress: Progress | None = None,
     places: Sequence[Callable[[], object]] = (),
+    where: str = "",
 ) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
@@ -168,6 +168,7 @@ def fit_ekfac(
     ----------
     places : each puts some weights into the model, and the curvature is the mean over these weights: A and S are
         summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are
+    where : what progress says before each of its steps
 
     Notes
     -----
@@ -177,32 +178,36 @@ def fit_ekfac(
     """
     names = curved_layers(problem.model, problem.parameters)
     problem = replace(problem, parameters=names)
-    places, draws = places or (lambda: None,), []
+    places, draws, progress = places or (lambda: None,), [], progress or SilentProgress()
+    count = len(examples) * len(places)
     with frozen(problem.model):
         squares: Squares = {}  # promoted: sums of half precision in float32
         for name, p in moving_parameters(problem.model, names).items():
             dtype = torch.promote_types(p.dtype, torch.float32)
             rows, columns = (torch.zeros(n, n, dtype=dtype, device=p.device) for n in p.shape)
             squares[name] = rows, columns
+        progress.step(f"{where}curvature of the loss, in and out of layers", count)
         for enter in places:
             enter()
             draws.append(
                 [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
             )
             _add_sides(problem, examples, draws[-1], squares, progress)
+        progress.step(f"{where}curvature of the loss, eigenvectors of layers", len(squares))
         basis: dict[str, Basis] = {}
         while squares:  # those of a layer are let go of as its eigenvectors come
             name, sides = squares.popitem()
             basis[name] = (_eigenvectors(sides[0]), _eigenvectors(sides[1]))
             del sides
+            progress.advance()
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
         metric = Metric(basis=basis)
+        progress.step(f"{where}curvature of the loss, along eigenvectors", count)
         for enter, drawn in zip(places, draws, strict=True):
             enter()
             for _, factors in _gradients(problem, examples, drawn, progress):
                 for name, uses in factors.items():
                     add_squares([metric.rotated(use) for use in uses], totals[name])
-    count = len(examples) * len(places)
     return Layers(basis, {name: total.div_(count) for name, total in totals.items()})
 
 
@@ -254,21 +259,21 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Examples, seed:
 
 
 def _gradients(
-    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], progress: Progress
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
     batches = batch_examples(examples, problem.batch_tokens)
     for batch, own in zip(batches, drawn, strict=True):
         yield batch, by_parameter(example_gradients(problem, sites, replace(batch, **own), examples)[1])
-        (progress or SilentProgress()).advance(len(batch.index))
+        progress.advance(len(batch.index))
 
 
 Squares = dict[str, tuple[Tensor, Tensor]]  # S and A (of a transposed layer: A and S) by parameter
 
 
 def _add_sides(
-    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], sums: Squares, progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], sums: Squares, progress: Progress
 ) -> None:
     """Add the squares of both sides of every layer."""
     for batch, factors in _gradients(problem, examples, drawn, progress):

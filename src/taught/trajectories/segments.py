@@ -484,13 +484,11 @@ class _Pass:
             return Layers({name: (rows[name], columns[name]) for name in rows}, parts["eigenvalues"])
         if number in self.fitted:
             return self.fitted[number]
-        segment, progress = self.run.segments[number], self.work.progress
-        progress.step(
-            f"segment {number + 1} of {len(self.run.segments)}: curvature of the loss",
-            2 * len(segment.states) * len(self.examples),
+        places = [partial(self.run.enter, step) for step in self.run.segments[number].states]
+        where, seed = f"segment {number + 1} of {len(self.run.segments)}: ", self.how.seed
+        layers = fit_ekfac(
+            self.problem, self.examples, seed=seed, progress=self.work.progress, places=places, where=where
         )
-        places = [partial(self.run.enter, step) for step in segment.states]
-        layers = fit_ekfac(self.problem, self.examples, seed=self.how.seed, progress=progress, places=places)
         if pieces is None:
             self.fitted[number] = layers
         else:
