@@ -35,8 +35,16 @@ REGIMES = {  # results, and the order of the examples in the run that is foresee
         0,
     ),
     "64, another order": (("through_training_64_orders",), 1),
-    "run": (("through_training_run", "through_training_run_others", "through_training_run_coefficients"), 0),
-    "run, another order": (("through_training_run",), 1),
+    "run": (
+        (
+            "through_training_run",
+            "through_training_run_others",
+            "through_training_run_coefficients",
+            "through_training_run_orders",
+        ),
+        0,
+    ),
+    "run, another order": (("through_training_run_orders",), 1),
     "run, LoRA": (("through_training_lora",), 0),
 }
 METHODS = {  # and what results call them
