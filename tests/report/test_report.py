@@ -942,6 +942,7 @@ def test_arms_stand_side_by_side_with_differences_to_random():
             "one plain SGD step from tuned at the learning rate",
         ),
         ({"curvature": "hessian"}, True, "in the metric of hessian"),
+        ({"trajectory": {"kind": "segments", "checkpoints": 3}}, False, "one plain SGD step"),
     ],
 )
 def test_the_method_says_which_step_is_meant(run: Path, changes: dict, inverse: bool, says: str):
@@ -949,7 +950,8 @@ def test_the_method_says_which_step_is_meant(run: Path, changes: dict, inverse: 
     tables.study = {**tables.study, "attribution": {**tables.study["attribution"], **changes}}
     page = Page(render(tables)).text
     assert says in page and ("−lr C⁻¹ ∇L" in page) == inverse
-    assert ("lr that of each checkpoint" in page) == ("trajectory" in changes)
+    places = changes.get("trajectory", {}).get("kind") == "checkpoints"
+    assert ("lr that of each checkpoint" in page) == places == ("Influence at" in page)
 
 
 def test_verdict_of_a_run_has_at_most_twelve_sentences(run: Path):

@@ -79,7 +79,9 @@ class Tables:
     def checkpoints(self) -> list[str]:
         """Models at which influence was taken, where that is not the model of the study."""
         along = (self.study.get("attribution") or {}).get("trajectory")
-        return [str(at["id"]) for at in along.get("checkpoints") or ()] if isinstance(along, dict) else []
+        if not isinstance(along, dict) or along.get("kind") != "checkpoints":  # segments have a number of them
+            return []
+        return [str(at["id"]) for at in along.get("checkpoints") or ()]
 
     @cached_property
     def with_policy(self) -> bool:
