@@ -96,4 +96,5 @@ def test_without_sides_the_mean_of_every_group_is_compared():
         assert rows["named", f"behavior:{name}"].difference == pytest.approx(gap)
     both = {(r.arm, r.metric): r for r in compare_arms(arms, {"named": 9, "random": 9}, GROUPS, SIDES)}
     assert {metric for _, metric in both} >= {"f1", "probability:yes", "probability:no", "behavior:yes", "behavior:no"}
+    assert both["named", "behavior:no"].value == pytest.approx(arms["named"][0, 30:].mean())
     assert both["named", "probability:no"].value == pytest.approx(np.exp(arms["named"][0, 30:]).mean())

@@ -75,6 +75,11 @@ class Tables:
             found = found.get(part) if isinstance(found, dict) else None
         return found.get("kind", found) if isinstance(found, dict) else found
 
+    @property
+    def start(self) -> str:
+        """The model, or the adapter, at whose weights training begins."""
+        return str(self.setting("model.adapter") or self.setting("model.id") or "the model")
+
     @cached_property
     def checkpoints(self) -> list[str]:
         """Models at which influence was taken, where that is not the model of the study."""

@@ -69,9 +69,8 @@ def _blocks(tables: Tables) -> list[Block]:
 def _reading(tables: Tables, step: str, around: str) -> list[str]:
     said = ["A positive value raises its target when the model is trained on the example."]
     if tables.through_training:
-        begins = tables.setting("model.adapter") or tables.setting("model.id") or "the model"
         said += [
-            f"The run begins at the weights of {begins}; they should not have seen the examples.",
+            f"The run begins at the weights of {tables.start}; they should not have seen the examples.",
             "Values are derivatives of the trained model’s target in the weight of an example in the whole run; the "
             "behavior is in natural logarithms. Leaving examples out changes the target by about minus their sum.",
             "They are about this run. Where the examples come in another order, one of them may do more or less.",

@@ -90,12 +90,11 @@ def _start(tables: Tables, models: Rows) -> str:
     losses = [(row.get("loss_before"), row.get("loss_after")) for row in trained]
     if not losses or any(loss is None for both in losses for loss in both):
         return ""
-    begins = tables.setting("model.adapter") or tables.setting("model.id") or "the model"
     before, after = map(number, np.mean(np.array(losses, float), 0))
-    said = (
-        f" Each training began at the weights of {begins} and brought the loss of its examples from {before} to {after}"
+    said = f" Each training began at the weights of {tables.start} and brought the loss of its examples from {before}"
+    return (
+        f"{said} to {after} on the mean. Is that the model before it saw them? Otherwise leaving some out says little."
     )
-    return f"{said} on the mean. Is that the model before it saw them? Otherwise leaving some out says little."
 
 
 def foreseen_blocks(tables: Tables) -> Iterator[Block]:
@@ -304,10 +303,7 @@ def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
     point = next((row for row in curves if row["design"] == "removal"), None)
     if point is None:
         return None
-    done = removal_sentence(point, target)
-    if point["lo"] <= 0 <= point["hi"]:
-        return Sentence("Retraining", "none", f"{NOTHING}: {done[0].lower()}{done[1:]}.")
-    return Sentence("Retraining", "found", f"{done}.")
+    return _retrained(removal_sentence(point, target), point["lo"], point["hi"])
 
 
 def kept_sentence(arms: Rows, target: str) -> Sentence | None:
@@ -317,7 +313,12 @@ def kept_sentence(arms: Rows, target: str) -> Sentence | None:
         return None
     said = f"Training on the {count(kept['examples'], 'example')} that are kept moves {words(target)} by "
     said += f"{_digits(kept, 'difference', 'difference_lo', 'difference_hi')} against as many random ones"
-    if kept["difference_lo"] <= 0 <= kept["difference_hi"]:
+    return _retrained(said, kept["difference_lo"], kept["difference_hi"])
+
+
+def _retrained(said: str, lo: float, hi: float) -> Sentence:
+    """What retraining did; where its interval includes 0, that nothing was found."""
+    if lo <= 0 <= hi:
         return Sentence("Retraining", "none", f"{NOTHING}: {said[0].lower()}{said[1:]}.")
     return Sentence("Retraining", "found", f"{said}.")
 
